@@ -413,7 +413,7 @@ def test_settings_take_the_place_of_keys(tmp_path: Path) -> None:
         ("search.budget.kv=1.5", "--set search.budget.kv: wrong value for `search.budget.kv`"),
         ("search.budget.vk=0.5", "--set search.budget.vk: unknown key `search.budget.vk`"),
         ("sarch.budget=1", "--set sarch.budget: unknown key `sarch`"),
-        ("calibration.documents[4].count=1", "`calibration.documents` is a list with 1 entries"),
+        ("calibration.documents[4].count=1", "`calibration.documents` is a list with 1 entry"),
         ("model.name=x", "`model` is not a mapping"),
         ("seed=[1", "this is not YAML"),
     ],
@@ -514,6 +514,8 @@ def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: ar_loss}" + linear + "}", monkeypatch, CPU)
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["ar_loss"]
     assert recipe.evaluate.compare == ("plan", "uniform", "interleaved")
+    with pytest.raises(UserError, match="did you mean `error`"):
+        three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: eror}" + linear + "}", monkeypatch, CPU)
     with pytest.raises(UserError, match="`error`, which is not measured"):
         three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: error}", monkeypatch, CPU)
     with pytest.raises(UserError, match=r"add `\{name: flap\}` to `profile\.statistics`"):

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.json_file import read_model
 
-MOST_TOKENS = 10_000_000
+MOST_TOKENS, MOST_BYTES = 10_000_000, 1 << 60
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-Bytes = Annotated[int, Field(ge=1, le=1 << 60)]
+Bytes = Annotated[int, Field(ge=1, le=MOST_BYTES)]
 Milliseconds = Annotated[float, Field(ge=1e-6, le=1e9)]  # to eleven days: beyond, times no longer add up
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

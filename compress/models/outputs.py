@@ -33,13 +33,13 @@ def check_priced(targets: Sequence[Target], where: str, prepared: Prepared = (),
         UserError: names each, and why.
     """
     load_mixers(target.target for target in targets)
-    problems = [
-        Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
-        for target in targets
-        if (why := _refusal(target, prepared, config)) is not None
-    ]
+    problems: dict[tuple[str, str], Problem] = {}  # of many alike, as the options of a grid are, the first
+    for target in targets:
+        if (why := _refusal(target, prepared, config)) is not None:
+            what = f"the target `{target.target}` cannot be priced by its output"
+            problems.setdefault((target.target, why), Problem(what, where, found=f"{target.words()}: {why}"))
     if problems:
-        raise UserError(problems)
+        raise UserError(list(problems.values()))
 
 
 def _refusal(target: Target, prepared: Prepared, config: Any) -> str | None:

@@ -175,6 +175,18 @@ class Statistic(Method):
     def check_training(self, tasks: Collection[str]) -> None:
         """Refuse documents of these tasks where it trains and finds none of its own among them. Raises UserError."""
 
+    def check_ahead(self, config: Any, prepared: Prepared = (), where: str | None = None) -> None:
+        """Refuse, before anything is measured, what it cannot measure of a model.
+
+        Args:
+            config: of the model.
+            prepared: what was trained by then, or stands for it.
+            where: the recipe's key of what it measures; None where that is the statistic's own.
+
+        Raises:
+            UserError: there is such.
+        """
+
     def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
         """Targets under which it computes all head groups again; an estimate of the time counts them."""
         return 0

@@ -142,7 +142,8 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
             known = Key.parse(name).name if form == "worth" else name
             if measured.get(known) in fits:
                 continue
-            fitting = [other for other in measured if measured[other] in fits]
+            others = recipe.search.solver.other_scores if path == ("search", "solver") else ()
+            fitting = [other for other in measured if measured[other] in fits or other in others]
             if known in measured:
                 what, actual = f"{reader} cannot use `{name}`", f"{name}, {FORMS[measured[known]]}"
                 fix = nearest(name, fitting)
@@ -155,7 +156,7 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
                 else:
                     prepared = "add a section `prepare` with the targets" if form == "prepared" else None
                     fix = nearest(name, fitting) or prepared
-            expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
+            expected = f"{FORMS[form]}, of what is measured here: {', '.join(fitting) or 'none is listed'}"
             yield path, Problem(what, None, expected, actual, fix)
 
 

@@ -76,7 +76,7 @@ class LocatedYaml:
             real.append(part)
             if isinstance(part, int):
                 if not isinstance(parent, list) or part >= len(parent):
-                    entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "not a list"
+                    entries = shown(parent) if isinstance(parent, list) else "not a list"
                     raise LookupError(f"`{key_path(path[:number])}` is {entries}")
             elif not isinstance(parent, dict):
                 raise LookupError(f"`{key_path(path[:number])}` is not a mapping")
@@ -297,6 +297,7 @@ def shown(value: Any) -> str:
     if value is None:
         return "nothing (null)"
     if isinstance(value, dict | list | tuple):
-        return f"a {'mapping' if isinstance(value, dict) else 'list'} with {len(value)} entries"
+        number = "1 entry" if len(value) == 1 else f"{len(value):,} entries"
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} with {number}"
     text = str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."

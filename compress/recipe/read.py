@@ -51,7 +51,8 @@ def _parsed(located: LocatedYaml, situation: Situation, text: str, path: Path, w
         recipe = Recipe.model_validate(typed(data), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        problems = _merged(_problem(item, located, data) for item in items if not is_echo(item))
+        items = [part for item in items if not is_echo(item) for part in _apart(item)]
+        problems = _merged(_problem(item, located, data) for item in items)
     else:
         recipe._text, recipe._source, recipe._words, recipe._chosen = text, path, words, chosen
         problems = []
@@ -135,6 +136,15 @@ _TOLD = re.compile(
     r"Value error, (?:(?P<key>[\w.]+): )?"
     r"expected (?P<expected>[^;]+?)(?:; (?P<hint>did you mean `[^`]+`\?))?, got (?P<got>[^;]+)"
 )
+
+
+_NEXT = re.compile(r"; (?=[\w.]+: expected )")
+
+
+def _apart(item: Any) -> list[Any]:
+    """What a check of this project tells of several keys at once, as an error for each."""
+    first, *others = _NEXT.split(item["msg"])
+    return [{**item, "msg": first}, *({**item, "msg": f"Value error, {other}"} for other in others)]
 
 
 def _place_in_file(data: Any, item: Any) -> KeyPath:

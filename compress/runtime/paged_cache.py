@@ -267,7 +267,7 @@ class PagedCache(Cache):
                 if reason is not None:
                     raise ValueError(
                         f"crop: {columns} tokens cannot be taken back from the `{target}` groups of layer {number}: "
-                        f"{reason}. A cache takes as many back as it is made for, model.new_cache(slack=...)"
+                        f"{reason}"
                     )
         for layer in self.paged:
             layer.take_back(counts, columns)

@@ -126,7 +126,10 @@ class PagedState(State):
             after = length - count
             gone = (set(span.pages(after)).difference(span.pages(length, low)) for span in self.spans)
             if after < low and any(gone):
-                return f"of what they would see again, pages are freed: these stay for {self.slack} tokens (`slack`)"
+                return (
+                    f"of what they would see again, pages are freed: these stay for {self.slack} tokens (`slack`). A "
+                    "cache takes as many back as it is made for, model.new_cache(slack=...)"
+                )
         return None
 
     def crop(self, counts: Sequence[int]) -> None:

@@ -72,11 +72,11 @@ class _Zeros:
 
 @dataclass(frozen=True)
 class _Untrained:
-    """A target that is to be prepared."""
+    """A target that is to be prepared; `retention` stands for what a preparation says of thresholds."""
 
     target: Target
     errors: torch.Tensor
-    retention: None = None
+    retention: Any = None
 
 
 def check_search(
@@ -107,6 +107,8 @@ def check_search(
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
     statistics = [statistic.resolved(shape, sorted(lengths)) for statistic in statistics]
+    for statistic in statistics:
+        statistic.check_ahead(config)
     priced = [target for statistic in statistics for target in statistic.priced]
     layers = [option for statistic in statistics for option in statistic.priced_layers]
     by_head = frozenset(one.registered for one in statistics if one.scores_heads(shape))
@@ -116,10 +118,13 @@ def check_search(
         check_reading(config, [statistic.registered for statistic in statistics if statistic.reads_inputs])
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
-    prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
+    zeros = torch.zeros(shape.layers, shape.kv_heads)
+    prepared = [_Untrained(target, zeros) for target in trained]
     effects = None
     if prepare is not None and prepare.effect:
         after = prepare.pricing().resolved(shape, sorted(lengths))
+        stand_ins: Any = tuple(_Untrained(target, zeros, retention=zeros) for target in trained)
+        after.check_ahead(config, stand_ins, "prepare")
         effects = replace(profile, priced=after.priced, priced_layers=after.priced_layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects, serve=section.serve)
     for candidate in solver.check(problem):

@@ -25,6 +25,7 @@ class Solver(Method):
         chooses_layers: whether it chooses what whole layers become, so that tokens may compute fewer heads.
         slots: whether its plans are as an engine asks, where a recipe says so (`search.serve`).
         cheaper: what to do besides, where its smallest plan is beyond the budget.
+        other_scores: names that it reads beside those of statistics, where they are measured.
     """
 
     stem: ClassVar[str] = "pareto"
@@ -33,6 +34,7 @@ class Solver(Method):
     chooses_layers: ClassVar[bool] = False
     slots: ClassVar[bool] = False
     cheaper: ClassVar[str] = "profile a grid with a smaller sink or alpha_min"
+    other_scores: ClassVar[tuple[str, ...]] = ()
 
     @property
     def spans(self) -> bool:

@@ -63,7 +63,8 @@ def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool
     Raises:
         UserError: all that does not fit: the model, its context, a text, the budget, a file that the recipe names.
     """
-    resolve_device(recipe.device)
+    with placed(str(recipe.source)):
+        resolve_device(recipe.device)
     with placed(f"{recipe.source}: model"):
         model = check_model(recipe.model)
     say = (lambda line: None) if reporter is None else reporter.say
@@ -201,7 +202,8 @@ def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: Sequence[i
 
 
 def _placed(problem: Problem, source: str, place: str) -> Problem:
-    """The problem with the recipe and the key before its own place, which may begin with that key."""
+    """The problem with the recipe and the key before its own place, which may be a key of the recipe already."""
     inner = problem.where or ""
-    problem.where = ": ".join([source, *([] if inner.startswith(place) else [place]), *([inner] if inner else [])])
+    known = inner.startswith(place) or inner.partition(".")[0] in Recipe.model_fields
+    problem.where = ": ".join([source, *([] if known else [place]), *([inner] if inner else [])])
     return problem

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from compress.runtime.widths import projections
 from compress.targets.target import Target
 from compress.train.compressed_states import forgetful
 from compress.train.curve import Curve
-from compress.train.loop import Learn, Progress, train
+from compress.train.loop import Learn, Progress, Settings, train
 from compress.train.objectives.objective import Inputs, Objective
 from compress.train.scorers import Pieces, Scorers
 from compress.train.settings import PrepareSettings
@@ -95,12 +96,11 @@ def prepare(
                 progress(before * total + done, len(settings.targets) * total, what)
 
         if not _finished(folder / name, key):
-            losses = settings.objectives_of(target)
-            where = (batches, folder / name, key, f"{seed}/prepare", accelerator, report)
-            if losses[0].repeats:
-                _train_scorers(model, tokenizer, shape, target, settings, *where)
+            job = _Job(model, shape, target, settings, batches, folder / name, key, seed, accelerator, report)
+            if settings.objectives_of(target)[0].repeats:
+                _train_scorers(job, tokenizer)
             else:
-                _train_option(model, shape, target, settings, *where)
+                _train_option(job)
         options[name] = read_option(folder / name)
     if accelerator.is_main_process:
         write_record(folder, options)
@@ -114,34 +114,53 @@ def _finished(folder: Path, key: str) -> bool:
     return record is not None and record.get("key") == key and (folder / TENSORS).is_file()
 
 
-def _train_option(
-    model: Any,
-    shape: ModelShape,
-    target: Target,
-    settings: PrepareSettings,
-    batches: WindowBatches,
-    folder: Path,
-    key: str,
-    seed: str,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """One target that is to be trained: for which model, on what, where its option is kept, and in which processes."""
+
+    model: Any
+    shape: ModelShape
+    target: Target
+    settings: PrepareSettings
+    batches: WindowBatches
+    folder: Path
+    key: str
+    seed: int
+    accelerator: Accelerator
+    progress: Progress
+
+    @property
+    def low(self) -> torch.dtype | None:
+        """The dtype of the dense model's matrix products below that of its weights, if any."""
+        return self.settings.low(input_device(self.model))
+
+    def loop(self, advice: str) -> Settings:
+        """How the loop trains; `advice` as of `loop.Settings`."""
+        return self.settings.loop(f"{self.seed}/prepare", advice)
+
+    def opened(self) -> tuple[Partial, Curve]:
+        """The saved state and the losses of the training; their folder is there in all processes afterwards."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        return Partial(self.folder, self.key), Curve(self.folder / "loss.jsonl")
+
+
+def _train_option(job: _Job) -> None:
     """Train one target, and write its option."""
-    losses = settings.objectives_of(target)
-    mixers = _Mixers(model, shape, target, losses, settings.low(input_device(model)))
-    partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    loop = settings.loop(seed, "lower `prepare.rate`, or run the model in float32")
+    settings, batches, accelerator = job.settings, job.batches, job.accelerator
+    losses = settings.objectives_of(job.target)
+    mixers = _Mixers(job.model, job.shape, job.target, losses, job.low)
+    partial, curve = job.opened()
+    loop = job.loop("lower `prepare.rate`, or run the model in float32")
     with mixers.beside_attention():
-        train(mixers, losses, batches, loop, partial, accelerator, curve=curve, progress=progress)
+        train(mixers, losses, batches, loop, partial, accelerator, curve=curve, progress=job.progress)
         errors = mixers.errors(batches, min(MEASURED, settings.step_count), accelerator)
     if accelerator.is_main_process:
         lines = curve.steps()
         record = Option(
-            key=key,
-            target=target.model_dump(mode="json"),
+            key=job.key,
+            target=job.target.model_dump(mode="json"),
             objective=_named(losses[0]) if len(losses) == 1 else {"objectives": [_named(one) for one in losses]},
             steps=settings.step_count,
             tokens=settings.step_count * batches.size,
@@ -152,41 +171,26 @@ def _train_option(
             sha256="",
             versions=versions("accelerate"),
         )
-        write_option(folder, record, mixers.tensors())
+        write_option(job.folder, record, mixers.tensors())
         partial.remove()
     accelerator.wait_for_everyone()
 
 
-def _train_scorers(
-    model: Any,
-    tokenizer: Any,
-    shape: ModelShape,
-    target: Target,
-    settings: PrepareSettings,
-    batches: WindowBatches,
-    folder: Path,
-    key: str,
-    seed: str,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> None:
+def _train_scorers(job: _Job, tokenizer: Any) -> None:
     """Fit or train the scorers of one target, measure their thresholds, and write its option."""
-    objective: Any = settings.objectives_of(target)[0]
-    kinds = _kinds(model, shape, target)
-    low = settings.low(input_device(model))
-    scorers = Scorers(model, tokenizer, {layer: each.mixers[0] for layer, each in kinds.items()}, objective, low)
-    pieces = Pieces(batches, objective.lengths_within(settings.length))
+    model, shape, settings, accelerator = job.model, job.shape, job.settings, job.accelerator
+    objective: Any = settings.objectives_of(job.target)[0]
+    kinds = _kinds(model, shape, job.target)
+    scorers = Scorers(model, tokenizer, {layer: each.mixers[0] for layer, each in kinds.items()}, objective, job.low)
+    pieces = Pieces(job.batches, objective.lengths_within(settings.length))
     kind, steps = scorers.kind, settings.step_count
-    partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    partial, curve = job.opened()
     started, parts = time.perf_counter(), kind.fitted + kind.stepped
     rounds = parts + (settings.again is not None and parts > 0)
-    loop, later = settings.loop(seed, "lower `prepare.rate`"), Partial(folder / "again", key)
+    loop, later = job.loop("lower `prepare.rate`"), Partial(job.folder / "again", job.key)
 
     def report(part: int) -> Progress:
-        return lambda done, total, what: progress(part * total + done, rounds * total, what)
+        return lambda done, total, what: job.progress(part * total + done, rounds * total, what)
 
     with scorers.repeating(), ExitStack() as undo:
         if kind.fitted and partial.read() is None:
@@ -196,9 +200,9 @@ def _train_scorers(
         if settings.again is not None:
             retention = scorers.measure(pieces, steps, shape.kv_heads, shape.layers).retention()
             layers = {layer: scorers.scorer(layer) for layer in kinds}
-            undo.enter_context(scorers.reading(forgetful(model, shape, target, settings.again, retention, layers)))
+            undo.enter_context(scorers.reading(forgetful(model, shape, job.target, settings.again, retention, layers)))
             if kind.stepped:
-                again = Curve(folder / "again.jsonl")
+                again = Curve(job.folder / "again.jsonl")
                 train(scorers, [objective], pieces, loop, later, accelerator, curve=again, progress=report(parts))
             elif kind.fitted:
                 scorers.fit(pieces, steps, accelerator, report(parts))
@@ -208,11 +212,11 @@ def _train_scorers(
         constant, wrong = measured.losses()
         errors = measured.errors().tolist()
         record = Option(
-            key=key,
-            target=target.model_dump(mode="json"),
+            key=job.key,
+            target=job.target.model_dump(mode="json"),
             objective=_named(objective),
             steps=steps if parts else 0,
-            tokens=steps * batches.size if parts else 0,
+            tokens=steps * job.batches.size if parts else 0,
             first_loss=constant,
             last_loss=wrong,
             errors=[row if native is None else None for row, native in zip(errors, shape.native_windows, strict=True)],
@@ -220,7 +224,7 @@ def _train_scorers(
             sha256="",
             versions=versions("accelerate"),
         )
-        write_option(folder, record, scorers.tensors(), measured.retention())
+        write_option(job.folder, record, scorers.tensors(), measured.retention())
         for state in (partial, later):
             state.remove()
     accelerator.wait_for_everyone()

@@ -198,7 +198,7 @@ class RecoverSettings(TrainSettings):
     )
     keep_documents: int = Field(
         16,
-        ge=1,
+        ge=2,  # one sequence has no spread
         le=DOCUMENTS,
         description="sequences of the text on which thresholds and shares of `retain` heads are measured again at the "
         "end",

@@ -202,3 +202,7 @@ def test_what_texts_hold_is_that_of_each_of_them() -> None:
     deviation = torch.tensor(expected, dtype=torch.float64).std(correction=0)
     assert cells["measured spread"].value == pytest.approx(float(deviation))
     assert (held.expected, held.most) == (plan.cost(320, 4).held_bytes, plan.cost(320, 4).most_bytes)
+    known = uniform_plan(shape_of(dense), group.model_copy(update={"spread": 0.0}))  # as a plan by hand may say
+    subject.variant.cost = functools.partial(known.cost, itemsize=4)
+    alone: Any = KvHeld(texts=1)._held((320,), ids[0].tolist(), subject, lambda *_: None)
+    assert alone.lengths[0].spread == 0

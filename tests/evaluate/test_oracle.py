@@ -68,8 +68,10 @@ def test_layers_that_slide_by_themselves_keep_their_window() -> None:
     sliding = tiny_model("gemma2")
     text = random_ids(1, 150, 4)[0].tolist()
     with torch.no_grad():
-        expected = sliding(torch.tensor([[*text, *PIECES[1]]]), use_cache=False).logits[0, len(text) :].argmax(-1)
-    assert likely_behind(sliding, text, [PIECES[1]], [None]) == [[expected.tolist()]]
+        logits = sliding(torch.tensor([[*text, *PIECES[1]]]), use_cache=False).logits[0, len(text) :]
+    assert likely_behind(sliding, text, [PIECES[1]], [None]) == [[logits.argmax(-1).tolist()]]
+    own = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(PIECES[1][1:]), reduction="none")
+    torch.testing.assert_close(losses_behind(sliding, text, PIECES[1], [None])[0], own.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_one_threshold_keeps_the_best_of_all_layers_and_groups_and_the_sinks(model: Any) -> None:

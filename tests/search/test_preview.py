@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 
 from compress.errors import UserError
 from compress.profile.heads.hidden_mass import HiddenMass
+from compress.recipe.load import load_recipe
 from compress.search.budget.budget import Budget
 from compress.search.preview import check_prepare, check_search, untaught, untrainable
 from compress.search.serve import Serve
 from compress.search.solvers.keep import Keep
 from compress.search.solvers.uniform import Uniform
+from compress.stages.check import check_run
 from compress.targets.linear import LinearGroup
 from compress.targets.retain import RetainGrid, RetainGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.window import SpanGrid
 from compress.train.settings import PrepareSettings
+from tests.cli.recipes import make_recipe
 from tests.tiny import tiny_model
 
 
@@ -78,6 +82,34 @@ def test_trainings_too_short_for_what_heads_keep_are_told_beforehand() -> None:
     assert untrainable(config, 64, named, set()) is not None and untrainable(config, 65, named, set()) is None
     for settings in (PrepareSettings(targets=(LinearGroup(),), length=64, steps=1), None):
         assert untrainable(config, 64, settings, set()) is None
+
+
+def test_what_no_preparation_serves_is_refused_before_it_is_priced(tmp_path: Path) -> None:
+    """A scorer that is priced has to be among those that are prepared; in a profile nothing is prepared."""
+    recipe = make_recipe(tmp_path)
+    prepare = "prepare.effect=true", "prepare.steps=1", "prepare.targets=[{target: retain, scorer: ridge}]"
+    options = "prepare.options={{retain: {{scorers: [{}], shares: [0.5]}}}}"
+    listed = "profile.statistics=[{{name: influence, grid: {{sinks: [4]}}}}, {{name: attention}}, {{name: effect, {}}}]"
+    solver = "search.solver={name: priced}", "search.budget={kv: 1.0, lengths: [1024]}", "calibration.held_out=[]"
+    check_run(load_recipe(recipe, [*prepare, *solver, options.format("ridge")]))
+    for settings, where, told in (
+        ([*prepare, *solver, options.format("ridge, mlp")], "prepare", "by mlp: it has to be trained"),
+        ([*prepare, *solver, options.format("key_norm")], "prepare", "which threshold keeps its share"),
+        ([listed.format("targets: [{target: linear}, {target: linear, sink: 4}]")], "profile", "has to be trained"),
+        ([listed.format("layers: [{option: routed, shared: 0, active: 1, router: two_stage}]")], "profile", "are zero"),
+    ):
+        with pytest.raises(UserError, match=told) as caught:
+            check_run(load_recipe(recipe, settings))
+        (problem,) = caught.value.problems
+        assert str(problem.where).startswith(f"{recipe}: {where}")
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, [*prepare, *solver, "prepare.options={retain: {shares: [25, 50], caps: []}}"])
+    assert [problem.what.partition("retain.")[2] for problem in caught.value.problems] == [
+        "shares[0]`",
+        "shares[1]`",
+        "caps`",
+    ]
+    assert caught.value.problems[2].expected == "at least one entry"
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_scorers_learn_beside_other_weights_by_parts_and_with_layers_computed_ag
         if again:
             monkeypatch.setattr(recovery, "LOGITS_BYTES", 4 * LENGTH * VOCABULARY)  # one of two sequences
         model, folder = untrained(dense), tmp_path / str(again)
-        given = SCORERS_ONLY | {"train": "full", "steps": 2, "keep_hard": 0.5, "keep_documents": 1}
+        given = SCORERS_ONLY | {"train": "full", "steps": 2, "keep_hard": 0.5, "keep_documents": 2}
         record = recover(
             model, settings(**given, checkpointing=again), words(LENGTH * 4), folder, teacher=dense, seed=3
         )
@@ -172,7 +172,7 @@ def test_scorers_learn_beside_adapters_or_are_left_alone(tmp_path: Path) -> None
     for rate, moves in ((None, True), (0, False)):
         model = untrained(dense)
         start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        given = SCORERS_ONLY | {"train": "lora", "mixer_rate": rate, "steps": 1, "keep_documents": 1, "batch_size": 1}
+        given = SCORERS_ONLY | {"train": "lora", "mixer_rate": rate, "steps": 1, "keep_documents": 2, "batch_size": 1}
         recover(model, settings(**given), words(LENGTH * 4), tmp_path / str(rate), teacher=dense, seed=3)
         moved = {name for name, weight in start.items() if not torch.equal(model.get_parameter(name), weight)}
         assert any("scorer" in name for name in moved) == moves and any("q_proj" in name for name in moved)

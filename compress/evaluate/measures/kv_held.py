@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.bench.file import Bytes, Tokens
+from compress.bench.file import MOST_BYTES, Bytes, Tokens
 from compress.evaluate.asked import read_text
 from compress.evaluate.cell import Cell
 from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subject
@@ -43,7 +43,7 @@ class Held(BaseModel):
     length: Tokens
     held: list[Bytes] = Field(min_length=1)
     expected: Bytes
-    spread: Bytes
+    spread: int = Field(ge=0, le=MOST_BYTES)  # 0 where the texts of the preparation were alike
     most: Bytes
     dense: Bytes
 

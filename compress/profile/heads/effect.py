@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 MOST = 1024  # targets at once: each is a pass over the attention of every sample
+WHERE, WHERE_LAYERS = "profile.statistics.effect.targets", "profile.statistics.effect.layers"
 
 
 @statistics.register("effect")
@@ -165,6 +166,13 @@ class Effect(HeadStatistic):
             )
         return self.model_copy(update={"targets": chosen, "options": {}, "layers": whole})
 
+    def check_ahead(self, config: Any, prepared: Prepared = (), where: str | None = None) -> None:
+        """Refuses targets and options that cannot be priced; see `Statistic.check_ahead`."""
+        check_priced(self.targets, where or WHERE, prepared, config)
+        for option in () if prepared else self.layers:
+            if (why := option.unpriced()) is not None:
+                raise _unprepared(option, why)
+
     def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
         """`absolute` and `signed`, (layer, group) for every target; 0 in layers that slide by themselves, where a
         target has no place there.
@@ -180,23 +188,16 @@ class Effect(HeadStatistic):
         """
         prepared = prepared_for(subject.model)
         config = subject.model.config
-        check_priced(self.targets, "profile.statistics.effect.targets", prepared, config)
+        check_priced(self.targets, WHERE, prepared, config)
         self._prepared = self.learnt(prepared)
-        where = "profile.statistics.effect.layers"
         find = subject.known.get
-        self._entries = [entries_of(option, subject.shape, find, lengths, where) for option in self.layers]
-        check_priced(list(self._of_layers), where, prepared, config)
+        self._entries = [entries_of(option, subject.shape, find, lengths, WHERE_LAYERS) for option in self.layers]
+        check_priced(list(self._of_layers), WHERE_LAYERS, prepared, config)
         serving = found_for(prepared)
         for option, layers in zip(self.layers, self._entries, strict=True):
             why = option.unpriced()
             if why is not None and not all(serving(target) for targets in layers.values() for target in targets):
-                raise UserError(
-                    f"`{option.words()}` cannot be priced before it was prepared",
-                    where=where,
-                    found=why,
-                    fix="price a router without weights (`router: norm`), or prepare this one and price it there: "
-                    "`prepare.layers`",
-                )
+                raise _unprepared(option, why)
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
@@ -262,6 +263,15 @@ def effects_of(
         yield number, effects.sum(1, dtype=torch.float64), effects.abs().sum(1, dtype=torch.float64)
 
 
+def _unprepared(option: LayerOption, why: str) -> UserError:
+    return UserError(
+        f"`{option.words()}` cannot be priced before it was prepared",
+        where=WHERE_LAYERS,
+        found=why,
+        fix="price a router without weights (`router: norm`), or prepare this one and price it there: `prepare.layers`",
+    )
+
+
 def _of_layers(name: str) -> bool:
     """Whether the options of a target are those of whole layers."""
     return name in layer_options
@@ -290,5 +300,7 @@ def _told(place: str, kind: type[BaseModel], item: Any) -> str:
     where = ".".join([place, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":
         return f"{place}: expected keys among {', '.join(kind.model_fields)}, got {item['loc'][-1]}"
+    if item["type"] == "too_short":
+        return f"{where}: expected at least one entry, got an empty list"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
     return f"{where}: expected {message}" + ("" if ", got " in message else f", got {json.dumps(item['input'])}")

@@ -41,6 +41,7 @@ class Keep(Solver):
     needs_grid: ClassVar[bool] = False
     chooses_layers: ClassVar[bool] = True
     cheaper: ClassVar[str] = "lower `share` or prepare a smaller target"
+    other_scores: ClassVar[tuple[str, ...]] = (ERROR, *EFFECTS)
 
     statistic: str | dict[str, Annotated[float, Field(ge=-FACTOR, le=FACTOR)]] = Field(
         "retrieval",

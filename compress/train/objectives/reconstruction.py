@@ -35,7 +35,10 @@ class Reconstruction(Objective):
         1e-3, gt=0, le=FACTOR, description="of squared weights in a closed form, in standard deviations of features"
     )
     documents: int = Field(
-        8, ge=1, le=DOCUMENTS, description="texts of each length that thresholds and their spread are measured on"
+        8,
+        ge=2,  # one text has no spread
+        le=DOCUMENTS,
+        description="texts of each length that thresholds and their spread are measured on",
     )
     thresholds: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
         (),
