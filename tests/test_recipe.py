@@ -413,6 +413,7 @@ def test_settings_take_the_place_of_keys(tmp_path: Path) -> None:
         ("search.budget.kv=1.5", "--set search.budget.kv: wrong value for `search.budget.kv`"),
         ("search.budget.vk=0.5", "--set search.budget.vk: unknown key `search.budget.vk`"),
         ("sarch.budget=1", "--set sarch.budget: unknown key `sarch`"),
+        ("output=''", "expected at least 1 character"),
         ("calibration.documents[4].count=1", "`calibration.documents` is a list with 1 entry"),
         ("model.name=x", "`model` is not a mapping"),
         ("seed=[1", "this is not YAML"),

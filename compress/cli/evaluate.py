@@ -17,6 +17,7 @@ from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
 SENTENCE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n  or in spaces."
 
+MOST_NAME = 200  # characters of a folder that is named after models
 OF_RECIPES = {"what", "settings", "overwrite", "as_json", "verbose"}  # what an evaluation of a recipe heeds
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Seed of the suites' items.")] = 0,
-    out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODELS by default.")] = None,
     uniform: Annotated[
         bool,
         typer.Option("--uniform", help="Also measure the largest uniform window that takes no more bytes than a plan."),
@@ -101,7 +102,7 @@ def evaluate(
         _record(what, _measures(asked, {"include": include, "limit": limit}, batch)[0], file)
         return
     elif replay is not None:
-        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what)}")
         _check_free(folder, overwrite)
         replayed = _replay(what, replay, include, _Settings(device, dtype, seed, batch, folder))
         if replayed is None:
@@ -111,7 +112,7 @@ def evaluate(
         asked = {"tasks": tasks, "suites": suites, "perplexity": perplexity, "latency": latency, "measure": measure}
         _check(what, asked, include, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
-        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what)}")
         _check_free(folder, overwrite)
         of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
         measured = _measures(asked, of_tasks, batch)
@@ -274,11 +275,18 @@ def _named(text: str) -> list[Measure]:
     return measured
 
 
-def _folder_name(spec: str) -> str:
-    """The last part of a model's name, for a folder of results."""
-    from compress.evaluate.names import file_part
+def _folder_name(specs: list[str]) -> str:
+    """What all models of an evaluation are called, for a folder of results: with other models it is another one.
 
-    return file_part(str(Path(spec).expanduser().resolve()))
+    A checkpoint or a plan of a run is called as its run.
+    """
+    from compress.evaluate.names import file_part
+    from compress.runfolder import RunFolder
+
+    paths = [Path(spec).expanduser().resolve() for spec in specs]
+    runs = {path: RunFolder(path.parent) for path in paths}
+    named = [path.parent if path in (runs[path].checkpoint, runs[path].plan) else path for path in paths]
+    return "-".join(file_part(str(path)) for path in named)[:MOST_NAME]
 
 
 def _recipe(path: str, settings: list[str] | None, overwrite: bool) -> Comparison:

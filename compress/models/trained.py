@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compress.errors import Problem, UserError
-from compress.files import write_json
+from compress.files import refusal, system_error, write_json
 from compress.json_file import read_model
 
 PATTERN = "model{suffix}.safetensors"
@@ -42,6 +42,9 @@ def write_trained(model: torch.nn.Module, folder: Path, *, max_shard_size: str =
 
     Returns:
         sha256 of names and values, hexadecimal.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
     """
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(own_tensors(model).items())}
@@ -51,8 +54,14 @@ def write_trained(model: torch.nn.Module, folder: Path, *, max_shard_size: str =
     for name, members in split.filename_to_tensors.items():
         beside = folder / f".{name}.part"
         beside.unlink(missing_ok=True)  # never written through a link
-        save_file({member: tensors[member] for member in members}, beside, {"format": "pt"})
-        os.replace(beside, folder / name)
+        try:
+            save_file({member: tensors[member] for member in members}, beside, {"format": "pt"})
+            os.replace(beside, folder / name)
+        except Exception as error:  # the library quotes the system in an error of its own
+            beside.unlink(missing_ok=True)
+            if (refused := system_error(error)) is None:
+                raise
+            raise refusal("the trained weights could not be written", folder / name, refused) from error
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     digest = hashlib.sha256()

@@ -19,6 +19,7 @@ from compress.recipe.load import in_order, outline_problems
 from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, shown, unknown_key
 from compress.recipe.schema import Recipe
 from compress.registry import Registry, is_echo, typed
+from compress.words import counted
 
 
 def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Recipe:
@@ -110,6 +111,9 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
         expected = f"a list, each entry `- {registry.key}: ...`" if registry else "a list"
     elif kind == "too_short":
         expected = "at least one entry"
+    elif kind in ("string_too_short", "string_too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        expected = f"at least {counted(least, 'character')}" if least else f"at most {counted(most, 'character')}"
     elif kind == "dict_type":
         expected = "a mapping"
     elif kind == "string_pattern_mismatch":

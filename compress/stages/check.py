@@ -176,8 +176,8 @@ def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[U
                 uses.append(Use("evaluation", source, "evaluation", place, reading.tokens, fits))
     if recipe.upcycle is not None:
         for number, text in enumerate(recipe.upcycle.texts):
-            length = min(WINDOW, recipe.upcycle.text_tokens)
-            fits = functools.partial(_windows_fit, length, context, "upcycle")
+            length = min(WINDOW, recipe.upcycle.text_tokens, context or WINDOW)  # as the stage has it
+            fits = functools.partial(_windows_fit, length, None, "upcycle", f"texts[{number}]", "text_tokens")
             tokens = recipe.upcycle.text_tokens
             uses.append(Use("experts", text, "calibration", f"upcycle.texts[{number}]", tokens, fits))
     for section, settings in (("prepare", recipe.prepare), ("recover", recipe.recover)):
@@ -187,14 +187,16 @@ def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[U
             source = settings.text or calibration.text
             uses.append(Use(label, source, "calibration", section, settings.text_tokens, fits))
             if settings.second is not None:
+                fits = functools.partial(_windows_fit, settings.length, context, section, "beside")
                 uses.append(
                     Use(section, settings.second, "calibration", f"{section}.beside", settings.text_tokens, fits)
                 )
     return uses
 
 
-def _windows_fit(length: int, context: int | None, section: str, ids: Sequence[int]) -> None:
-    check_windows(len(ids), length, context, section)
+def _windows_fit(length: int, context: int | None, *keys_and_ids: Any) -> None:
+    *keys, ids = keys_and_ids
+    check_windows(len(ids), length, context, *keys)
 
 
 def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: Sequence[int]) -> None:

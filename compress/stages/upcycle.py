@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from compress.data.text import Source
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.limits import SHOWN_LENGTHS
@@ -90,7 +89,7 @@ def upcycle_stage(session: Session, *, must_be_done: bool = False) -> Plan:
             provenance={"upcycle": section.model_dump(mode="json", exclude={"texts"}), "seed": recipe.seed},
         )
         if section.texts:
-            fitted_routers(model, [_windows(session, section, text) for text in section.texts])
+            fitted_routers(model, [_windows(session, section, number) for number in range(len(section.texts))])
         elif section.start == "random":
             random_routers(model, recipe.seed)
         costs = tuple(_amounts(seed.model, model, plan))
@@ -121,12 +120,12 @@ def _expert(session: Session, name: str) -> Any:
     return loaded.model
 
 
-def _windows(session: Session, section: UpcycleSection, text: Source) -> torch.Tensor:
-    """A text's tokens `[windows, length]`."""
+def _windows(session: Session, section: UpcycleSection, number: int) -> torch.Tensor:
+    """The tokens `[windows, length]` of the text for one of the experts."""
     length = min(LENGTH, section.text_tokens, context_of(session.loaded.model.config) or LENGTH)
     with session.reporter.progress("upcycle") as report:
-        tokens = session.reader(report).ids(text, "calibration", section.text_tokens)
-    check_windows(len(tokens), length, None, "upcycle")
+        tokens = session.reader(report).ids(section.texts[number], "calibration", section.text_tokens)
+    check_windows(len(tokens), length, None, "upcycle", f"texts[{number}]", "text_tokens")
     count = min(section.text_tokens, len(tokens)) // length
     return torch.tensor(tokens[: count * length]).view(count, length)
 

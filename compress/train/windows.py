@@ -15,14 +15,16 @@ from compress.models.context.layout import Layout
 from compress.train.token_losses import next_tokens
 
 
-def check_windows(available: int, length: int, context: int | None, section: str = "recover") -> None:
+def check_windows(
+    available: int, length: int, context: int | None, section: str = "recover", text: str = "text", size: str = "length"
+) -> None:
     """Check that windows fit the model and the text.
 
     Args:
         available: tokens of the text.
         length: tokens in a window.
         context: the model's longest input; None where it has none.
-        section: of the recipe, for the message.
+        section, text, size: of the recipe, and its keys of the text and of the tokens in a window, for the message.
 
     Raises:
         UserError: a window is longer than the context or than the text.
@@ -30,17 +32,17 @@ def check_windows(available: int, length: int, context: int | None, section: str
     if context is not None and length > context:
         raise UserError(
             "the training sequences are longer than the model's context",
-            where=f"{section}.length",
+            where=f"{section}.{size}",
             expected=f"at most {context} tokens",
             found=f"{length}",
         )
     if available < length:
         raise UserError(
             "the training text is too short",
-            where=f"{section}.text",
+            where=f"{section}.{text}",
             expected=f"at least one sequence of {length} tokens in the calibration part of the text",
             found=f"{available} tokens",
-            fix=f"give a longer text, or a smaller `{section}.length`",
+            fix=f"give a longer text, or a smaller `{section}.{size}`",
         )
 
 

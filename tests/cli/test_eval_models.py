@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.cli.evaluate import MOST_NAME, _folder_name
 from compress.evaluate.comparison import read_comparison
 from compress.evaluate.measures import latency as module
 from compress.models.content import content_key
@@ -34,6 +35,22 @@ def evaluated(*words: Any) -> list[dict[str, Any]]:
     assert result.exit_code == 0, result.output
     rows: list[dict[str, Any]] = json.loads(result.stdout)["variants"]
     return rows
+
+
+def test_other_models_are_another_folder_by_default() -> None:
+    """Checkpoints of all runs have one name; what else was measured stays."""
+    names = [
+        _folder_name(specs)
+        for specs in (
+            ["runs/a/checkpoint"],
+            ["runs/b/checkpoint/"],
+            ["demo/smollm2-135m", "runs/a/checkpoint"],
+            ["demo/smollm2-135m", "runs/b/plan.json"],
+            ["models/llama"],
+        )
+    ]
+    assert names == ["a", "b", "smollm2-135m-a", "smollm2-135m-b", "llama"]
+    assert len(_folder_name([f"models/{number:040}" for number in range(40)])) == MOST_NAME
 
 
 @pytest.fixture

@@ -144,6 +144,11 @@ def test_experts_of_another_shape_and_sections_that_have_no_place_are_refused(fo
     assert "expected one for each of the 3 experts" in call("upcycle", recipe).output
     recipe.write_text(recipe.read_text().replace("  texts:", "#"))
     assert "the seed is an expert twice" in call("upcycle", recipe).output
+    (tmp_path / "short.txt").write_text("w5 w6 w7")
+    recipe.write_text(text.replace(f"{folder}/other.txt", f"{tmp_path}/short.txt"))
+    for command in ("validate", "upcycle"):
+        told = call(command, recipe).output
+        assert "upcycle.texts[1]: the training text is too short" in told and "smaller `upcycle.text_tokens`" in told
     recipe.write_text(text + "search: {budget: {kv: 0.5}}\n")
     refused = call("upcycle", recipe)
     assert refused.exit_code == 2 and "an upcycled model has no `search`" in refused.output

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from compress.errors import UserError
 from compress.models.planned import planned_model
@@ -270,6 +271,17 @@ def test_weights_of_another_model_are_refused_with_all_reasons(tmp_path: Path) -
         load_trained(model_of(tie_word_embeddings=True), tmp_path)
     with pytest.raises(UserError, match="no trained weights"):
         load_trained(model_of(), tmp_path / "nowhere")
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("compress.models.trained.save_file", full)
+    with pytest.raises(UserError, match=r"model\.safetensors: the trained weights could not be written\n.*full"):
+        write_trained(pruned_model(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_in_several_files_come_back(tmp_path: Path) -> None:
