@@ -1,6 +1,6 @@
 """What models do on several GPUs, beside one: pipelines of one process, heads split, documents shared, weights spread.
 
-python scripts/gpu_placement.py FOLDER [SECTION ...]     two GPUs, about 4 minutes; with --small on any machine
+python scripts/gpu_placement.py FOLDER [SECTION ...]     two GPUs, under 10 minutes; with --small on any machine
 
 Every section is a process, or a launch, of its own; one that fails is told, and the others go on. `FOLDER` gets what
 each has found (SECTION.json) and the table. Sections:

@@ -8,7 +8,7 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     b        half of the groups, those of the least error after their preparation
     c        all but the tenth that retrieves most
     d        all but the fiftieth that retrieves most
-    d-refined  as many full groups, exchanged as long as what is lost on documents of retrieval falls
+    d-refined  full, windows and linear groups in the bytes of row d, exchanged by what documents of retrieval lose
     window   row a without its states, trained on the same tokens
     c-window row c without its states, trained on the same tokens
     dense    the dense model, trained on the text of the same tokens
@@ -83,7 +83,7 @@ class Row:
         training: which of the trainings of `train_stage` it is.
         recipe: in recipes/, without its first word.
         asked: whether facts are stated and asked for in the text of the joint training.
-        refined: whether the full groups are exchanged by what documents of retrieval lose.
+        refined: whether a search exchanges full, windows and the target by what documents of retrieval lose.
     """
 
     keep: dict[str, Any]
