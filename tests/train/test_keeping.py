@@ -27,7 +27,7 @@ from compress.stages.evaluate import _variants
 from compress.stages.recover import recover_stage, trained_plan
 from compress.targets.full import FullGroup
 from compress.targets.retain import RetainGroup
-from compress.train import recovery
+from compress.train import student
 from compress.train.keeping import check_decisions, decided, decisions_at, keepers_of, measure_again
 from compress.train.objectives.kept import Kept, share_that_leaves
 from compress.train.recovery import recover
@@ -153,7 +153,7 @@ def test_scorers_learn_beside_other_weights_by_parts_and_with_layers_computed_ag
     start = {name: weight.detach().clone() for name, weight in untrained(dense).named_parameters()}
     for again in (False, True):
         if again:
-            monkeypatch.setattr(recovery, "LOGITS_BYTES", 4 * LENGTH * VOCABULARY)  # one of two sequences
+            monkeypatch.setattr(student, "LOGITS_BYTES", 4 * LENGTH * VOCABULARY)  # one of two sequences
         model, folder = untrained(dense), tmp_path / str(again)
         given = SCORERS_ONLY | {"train": "full", "steps": 2, "keep_hard": 0.5, "keep_documents": 2}
         record = recover(
