@@ -28,6 +28,7 @@ from compress.targets.window import SpanGrid
 
 HEADER = "profile.json"
 TENSORS = "statistics.safetensors"
+EFFECT = "effect"  # the statistic that prices targets and options of whole layers
 SHOWN = 40  # keys that a message lists
 AGAIN = "profile again (delete the folder, or choose another one)"
 
@@ -131,13 +132,13 @@ class Profile:
     @property
     def priced(self) -> tuple[Target, ...]:
         """The targets that the statistic `effect` priced; none without it."""
-        entry = self.header.statistics.get("effect")
+        entry = self.header.statistics.get(EFFECT)
         return () if entry is None else tuple(map(targets.parse, entry.parameters["targets"]))
 
     @property
     def priced_layers(self) -> tuple[LayerOption, ...]:
         """The options of whole layers that the statistic `effect` priced; none without it."""
-        entry = self.header.statistics.get("effect")
+        entry = self.header.statistics.get(EFFECT)
         return () if entry is None else tuple(map(layer_options.parse, entry.parameters.get("layers", ())))
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
@@ -152,11 +153,16 @@ class Profile:
         if target.as_built and not target.removes:
             model = self.header.model
             return torch.zeros(model.layers, model.kv_heads)
-        return self.tensor(Key("effect", part, length).to(target))
+        return self.tensor(effect_key(target, length, part))
 
     def entry(self, key: Key) -> TensorEntry:
         """The declaration of a tensor that the profile has."""
         return self.header.statistics[key.statistic].tensors[str(key)]
+
+
+def effect_key(option: Target | LayerOption, length: int, part: str = "absolute") -> Key:
+    """Where a profile has what a target, or an option of whole layers, costs at a length in tokens."""
+    return Key(EFFECT, part, length).to(option)
 
 
 def missing(key: Key, known: Iterable[Key], where: str) -> UserError:

@@ -20,6 +20,7 @@ def section_problems(
     problems: list[Finding] = []
     usable, given = solver.budgets(), list(budget.given())
     of_layers = either(name for name, kind in solvers.items() if kind.chooses_layers)
+    removing = either(name for name, kind in solvers.items() if kind.takes_removal)
     for name in given:
         if name not in usable:
             problems.append(
@@ -32,10 +33,10 @@ def section_problems(
                         f"`{name}`",
                         f"take {of_layers}, which choose what whole layers become, such as routed heads"
                         if not budget_kinds[name].spent
-                        else "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as "
-                        "`model`"
+                        else f"take {removing} with a `removal`, or prune first and search spans with the pruned "
+                        "checkpoint as `model`"
                         if solver.spans
-                        else "take `moa` with a `removal`, which removes heads and neurons beside windows",
+                        else f"take {removing} with a `removal`, which removes heads and neurons beside windows",
                     ),
                 )
             )
@@ -48,7 +49,7 @@ def section_problems(
                 Problem(
                     "refinement exchanges spans, and this solver chooses none",
                     "search.refine",
-                    fix="leave it out, or take `moa` with a `removal`",
+                    fix=f"leave it out, or take {removing} with a `removal`",
                 ),
             )
         )

@@ -16,6 +16,7 @@ from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.profile.key import Key
 from compress.profile.statistic import giving
+from compress.profile.store import effect_key
 from compress.profile.worth import entries_of
 from compress.registry import budget_kinds
 from compress.search.budget.bytes_read import BytesRead
@@ -198,7 +199,7 @@ class Problem:
                 return self.effect(target, length, part)
         prepared = self.effects is not None and option in self.effects.priced_layers
         measured = self.effects if self.effects is not None and prepared else self.profile
-        return measured.tensor(Key("effect", part, length).to(option))
+        return measured.tensor(effect_key(option, length, part))
 
     def entries(self, option: LayerOption) -> dict[int, tuple[Target, ...]]:
         """What an option makes of the layers that may change and still have all of their head groups, by layer.

@@ -23,6 +23,7 @@ class Solver(Method):
         needs_grid: whether it reads the grid of rules that statistics price, be it for the smallest window alone; of a
             solver of spans.
         chooses_layers: whether it chooses what whole layers become, so that tokens may compute fewer heads.
+        takes_removal: whether it has a `removal`, with which it removes heads and neurons beside windows.
         slots: whether its plans are as an engine asks, where a recipe says so (`search.serve`).
         cheaper: what to do besides, where its smallest plan is beyond the budget.
         other_scores: names that it reads beside those of statistics, where they are measured.
@@ -32,6 +33,7 @@ class Solver(Method):
     placed: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = True
     chooses_layers: ClassVar[bool] = False
+    takes_removal: ClassVar[bool] = False
     slots: ClassVar[bool] = False
     cheaper: ClassVar[str] = "profile a grid with a smaller sink or alpha_min"
     other_scores: ClassVar[tuple[str, ...]] = ()

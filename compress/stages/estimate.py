@@ -15,6 +15,7 @@ from compress.evaluate.comparison import CONTROL_ROW, WINDOWS_ROW
 from compress.evaluate.measure import asked_for
 from compress.models.backward import ACTIVATIONS_SHARE
 from compress.plan import ModelShape
+from compress.profile.passes import PASSES
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
@@ -162,28 +163,22 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
 def _profile(recipe: Recipe, of: Estimate) -> float:
     """The passes of a profile over its documents, and the training of statistics that train."""
     total, documents = 0.0, recipe.calibration.documents
-    lengths = sorted(recipe.calibration.lengths)
-    for reads in {statistic.reads for statistic in recipe.profile.statistics}:
-        taken = [statistic for statistic in recipe.profile.statistics if statistic.reads == reads]
-        gradient = any(statistic.needs_gradient for statistic in taken)
-        if reads == "attention":
-            others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
-            total += of.passes(documents, 1 + BACKWARD * gradient + ALTERNATIVE * others)
-            tables = GRADIENT_TABLES if gradient else TABLES
-            total += sum(task.count * of.attended(task.length, tables) for task in documents)
-        elif reads == "repeats":
-            others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
-            total += of.passes(documents, 1 + BACKWARD + ALTERNATIVE * others)
-        elif reads == "reconstruction":
-            total += of.passes(documents, 2)  # the text and its repetition
-            total += sum(task.count * of.attended(task.length, TABLES) for task in documents)
-        elif reads == "projections":
-            corpora = 1 if recipe.calibration.second is None else 2
-            total += corpora * of.passes(documents, 1 + COLUMNS + (BACKWARD + WEIGHT_GRADIENTS) * gradient)
-        elif reads == "training":
+    lengths, corpora = sorted(recipe.calibration.lengths), 1 if recipe.calibration.second is None else 2
+    for each in PASSES:
+        taken = [statistic for statistic in recipe.profile.statistics if statistic.reads == each.reads]
+        if not taken:
+            continue
+        others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
+        work = each.work(taken, others)
+        passes = work.forward + BACKWARD * work.backward + WEIGHT_GRADIENTS * work.weights
+        passes += ALTERNATIVE * work.alternatives + COLUMNS * work.columns
+        if work.trained is not None:
             queue = recipe.calibration.training or documents
-            mean = of.passes(queue, 2 + BACKWARD) / sum(task.count for task in queue)
-            total += sum(statistic.steps_taken for statistic in taken) * mean
+            total += work.trained * of.passes(queue, passes) / sum(task.count for task in queue)
+            continue
+        total += min(work.corpora, corpora) * of.passes(documents, passes)
+        tables = 0 if not work.tables else GRADIENT_TABLES if work.backward else TABLES
+        total += sum(task.count * of.attended(task.length, tables) for task in documents)
     return total
 
 

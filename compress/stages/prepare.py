@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from compress.models.prepared import Option, attach, prepared_for, read_prepared
-from compress.profile.key import Key
 from compress.profile.run import run_profile
-from compress.profile.store import Profile, read_profile
+from compress.profile.store import Profile, effect_key, read_profile
 from compress.registry import targets
 from compress.runfolder import EFFECTS, PREPARED
 from compress.search.preview import untaught, untrainable
@@ -131,7 +130,7 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
         losses = [f"{float(effects.effect(target, length).mean()):.3g} at {length:,}" for length in effects.lengths]
         say(f"effect: {target.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
     for option in effects.priced_layers:
-        tensors = {length: effects.tensor(Key("effect", "absolute", length).to(option)) for length in effects.lengths}
+        tensors = {length: effects.tensor(effect_key(option, length)) for length in effects.lengths}
         losses = [f"{float(tensor.mean()):.3g} at {length:,}" for length, tensor in tensors.items()]
         say(f"effect: {option.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
     return effects

@@ -16,6 +16,7 @@ from transformers import GPT2Config
 
 from compress.errors import UserError
 from compress.plan import LayerPlan, read_plan
+from compress.registry import solvers
 from compress.search.budget.budget import Budget
 from compress.search.checks import section_problems
 from compress.search.choice.options import layers_of, losses_of, room
@@ -264,3 +265,14 @@ def test_a_search_says_what_serving_costs(run: Any) -> None:
     assert all(asked.holds(plan.layers) and asked.ordered(plan) == plan for plan in plans)
     assert any(plan.reordered_layers for plan in plans) and asked.ordered(result.plan) == result.plan
     assert "refined" in rows and not asked.holds(read_plan(folder / "search" / "free.json").layers)
+
+
+@pytest.mark.parametrize(
+    ("solver", "budget", "refine"),
+    [(Amp(), Budget(kv=0.5), None), (Uniform(), Budget(parameters=0.5), None), (Amp(), Budget(parameters=0.5), QUICK)],
+)
+def test_advice_names_every_solver_that_takes_a_removal(solver: Solver, budget: Budget, refine: Refine | None) -> None:
+    ((_, problem),) = section_problems(solver, budget, refine)
+    assert problem.fix is not None and "take `moa` or `priced` with a `removal`" in problem.fix
+    able = [name for name, kind in solvers.items() if "removal" in kind.model_fields]
+    assert [name for name, kind in solvers.items() if kind.takes_removal] == able == ["moa", "priced"]

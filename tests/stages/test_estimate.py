@@ -143,3 +143,18 @@ def test_a_training_counts_in_the_memory_within_a_factor_of_two(name, length, to
     assert held(recover__batch_size=8, recover__micro_batch=2) == held()
     long = {"recover__length": 8192, "recover__batch_size": 1}  # layers are computed again where they do not fit
     assert held(**long) == held(**long, recover__checkpointing="true") < held(**long, recover__checkpointing="false")
+
+
+def foreseen_profile(*added):
+    names = ", ".join(f"{{name: {name}}}" for name in ("influence", "retrieval", *added))
+    return foreseen("smollm2-influence.yaml", profile__statistics=f"[{names}]")["profile"]
+
+
+@pytest.mark.parametrize("added", ["ar_loss", "reconstruction", "amp", "taylor"])
+def test_a_pass_over_documents_takes_time(added):
+    assert foreseen_profile(added) > foreseen_profile()
+
+
+@pytest.mark.parametrize("added", ["attention", "magnitude"])
+def test_a_pass_that_is_taken_already_and_weights_alone_take_none(added):
+    assert foreseen_profile(added) == foreseen_profile()

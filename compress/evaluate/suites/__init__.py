@@ -1,6 +1,12 @@
-"""Long-context suites, made by seed at any length in the model's own tokens. A new one is a file and a line here."""
+"""Long-context suites, made by seed at any length in the model's own tokens. A new one is a file here: importing it
+registers it, and every file is imported."""
 
-from compress.evaluate.suites import associative, copying, longeval, needles, questions, tracking, words
+from importlib import import_module
+from pkgutil import iter_modules
+
 from compress.evaluate.suites.suite import SUITES
 
-__all__ = ["SUITES", "associative", "copying", "longeval", "needles", "questions", "tracking", "words"]
+for file in iter_modules(__path__):
+    import_module(f"{__name__}.{file.name}")
+
+__all__ = ["SUITES"]

@@ -1,7 +1,7 @@
 """The ways in which statistics read a model, in the order in which a run takes them."""
 
 from compress.profile.passes.attention import AttentionPass
-from compress.profile.passes.base import Pass, Run
+from compress.profile.passes.base import Pass, Run, Work
 from compress.profile.passes.projections import ProjectionsPass
 from compress.profile.passes.reconstruction import ReconstructionPass
 from compress.profile.passes.repeats import RepeatsPass
@@ -17,4 +17,4 @@ PASSES: tuple[type[Pass], ...] = (
     TrainingPass,
 )
 
-__all__ = ["PASSES", "Pass", "Run"]
+__all__ = ["PASSES", "Pass", "Run", "Work"]

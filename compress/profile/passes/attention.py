@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from compress.profile.passes.base import Run
+from compress.profile.passes.base import Run, Work
 from compress.profile.passes.capture import Capture
 from compress.profile.passes.samples import Read, SamplePass
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
-from compress.profile.statistic import Item, Reads
+from compress.profile.statistic import Item, Reads, Statistic
 from compress.profile.sums import Sheet
 from compress.runtime.impl import current
 
@@ -25,6 +25,11 @@ class AttentionPass(SamplePass):
     reads: ClassVar[Reads] = "attention"
     streams: ClassVar[bool] = True
     has_loss: ClassVar[bool] = True  # that of the profile
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        gradient = any(statistic.needs_gradient for statistic in statistics)
+        return Work(forward=1, backward=gradient, alternatives=alternatives, tables=True)
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[HeadStatistic]) -> Iterator[Read]:

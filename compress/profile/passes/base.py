@@ -21,6 +21,31 @@ Samples = Mapping[int, Sequence["Sample"]]
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a pass does with every document, for an estimate of the time.
+
+    Attributes:
+        forward: forward passes.
+        backward: whether it runs backwards to the activations.
+        weights: whether it runs backwards to the weights, too.
+        alternatives: targets under which the attention of all head groups is computed again.
+        tables: whether numbers are taken of every query and key.
+        columns: whether sums over the columns of projections are taken.
+        corpora: of how many corpora the documents are read, where there are so many.
+        trained: samples that it is trained on, one after another, in place of the documents; None where these are read.
+    """
+
+    forward: int = 0
+    backward: bool = False
+    weights: bool = False
+    alternatives: int = 0
+    tables: bool = False
+    columns: bool = False
+    corpora: int = 1
+    trained: int | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """What all passes of one run share.
 
@@ -69,6 +94,15 @@ class Pass(ABC):
 
     reads: ClassVar[Reads]
     streams: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        """What it does for statistics that declare it.
+
+        Args:
+            alternatives: what these compute again (`Statistic.alternatives`), all together.
+        """
 
     @abstractmethod
     def measure(self, run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:

@@ -18,9 +18,9 @@ from compress.models.placement import input_device
 from compress.models.replaced import AttentionCall, frozen, replaced_attention
 from compress.models.stream import LayerByLayer, stream_of
 from compress.models.units import LayerUnits
-from compress.profile.passes.base import Run
+from compress.profile.passes.base import Run, Work
 from compress.profile.passes.samples import Read, SamplePass, one_by_one
-from compress.profile.statistic import Item, Reads
+from compress.profile.statistic import Item, Reads, Statistic
 from compress.profile.sums import Sheet
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class ProjectionsPass(SamplePass):
     reads: ClassVar[Reads] = "projections"
     streams: ClassVar[bool] = True
     corpora: ClassVar[int] = 2
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        gradient = any(statistic.needs_gradient for statistic in statistics)
+        return Work(forward=1, backward=gradient, weights=gradient, columns=True, corpora=cls.corpora)
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[UnitStatistic]) -> Iterator[Read]:

@@ -10,9 +10,9 @@ import torch
 
 from compress.errors import UserError
 from compress.models.reconstruction import TokenScores, reconstructing
-from compress.profile.passes.base import Run
+from compress.profile.passes.base import Run, Work
 from compress.profile.passes.samples import Read, SamplePass, one_by_one
-from compress.profile.statistic import Item, Reads
+from compress.profile.statistic import Item, Reads, Statistic
 from compress.profile.sums import Sheet
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class ReconstructionPass(SamplePass):
     """Feeds statistics with the scores of a sample's tokens, layer by layer; no gradients."""
 
     reads: ClassVar[Reads] = "reconstruction"
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        return Work(forward=2, tables=True)  # the text and its repetition
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[Reconstruction]) -> Iterator[Read]:

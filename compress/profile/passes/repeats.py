@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.profile.passes.attention import AttentionPass
-from compress.profile.passes.base import Run
+from compress.profile.passes.base import Run, Work
 from compress.profile.passes.samples import Read
-from compress.profile.statistic import Item, Reads
+from compress.profile.statistic import Item, Reads, Statistic
 
 if TYPE_CHECKING:
     from compress.data.sample import Sample
@@ -21,6 +21,10 @@ class RepeatsPass(AttentionPass):
 
     reads: ClassVar[Reads] = "repeats"
     has_loss: ClassVar[bool] = False
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        return Work(forward=1, backward=True, alternatives=alternatives)
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[Any]) -> Iterator[Read]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from compress.models.placement import most_bytes
 from compress.profile.partial import Step
-from compress.profile.passes.base import Pass, Run, Samples
+from compress.profile.passes.base import Pass, Run, Samples, Work
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
 
 
@@ -39,6 +39,10 @@ class TrainingPass(Pass):
     """One statistic after another."""
 
     reads: ClassVar[Reads] = "training"
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        return Work(forward=2, backward=True, trained=sum(statistic.steps_taken for statistic in statistics))
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
         lengths = sorted(length for length, samples in run.corpora[0].items() if samples)

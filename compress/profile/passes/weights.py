@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from compress.profile.passes.base import Pass, Run
-from compress.profile.statistic import Reads, Results
+from compress.profile.passes.base import Pass, Run, Work
+from compress.profile.statistic import Reads, Results, Statistic
 
 
 class WeightsPass(Pass):
@@ -15,6 +15,10 @@ class WeightsPass(Pass):
 
     reads: ClassVar[Reads] = "weights"
     streams: ClassVar[bool] = True
+
+    @classmethod
+    def work(cls, statistics: Sequence[Statistic], alternatives: int) -> Work:
+        return Work()
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
         return {

@@ -95,6 +95,7 @@ class UnitRemoval(Removal):
 class Frontier(Solver):
     """Base of these solvers: a subclass says what head groups that stay can become, and what that loses."""
 
+    takes_removal: ClassVar[bool] = True
     slots: ClassVar[bool] = True
 
     removal: UnitRemoval | None = Field(
