@@ -154,6 +154,18 @@ def check_prepare(config: Any, prepare: PrepareSettings) -> None:
             raise
 
 
+def unlearnt(config: Any, prepare: PrepareSettings, recover: int | None, lengths: set[int]) -> list[str]:
+    """A line for each of the two trainings whose sequences are too short to learn from: see `untaught` and
+    `untrainable`.
+
+    Args:
+        recover: tokens of a sequence of the joint training; None without one.
+        lengths: that the recipe profiles, in tokens.
+    """
+    lines = [untaught(config, prepare), None if recover is None else untrainable(config, recover, prepare, lengths)]
+    return [line for line in lines if line is not None]
+
+
 def untrainable(config: Any, length: int, prepare: PrepareSettings | None, lengths: set[int]) -> str | None:
     """A line where training sequences of `length` tokens leave the windows of none of the heads that a recipe offers
     and that keep tokens by a scorer: a plan with such heads is refused by the training, once all before it is done.

@@ -18,7 +18,7 @@ from compress.models.upcycle import check_configs, check_tokenizers, check_upcyc
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe, UpcycleSection
 from compress.runfolder import check_output
-from compress.search.preview import check_prepare, check_search, untaught, untrainable
+from compress.search.preview import check_prepare, check_search, unlearnt
 from compress.stages.device import resolve_device
 from compress.stages.reporter import Reporter
 from compress.stages.session import Session
@@ -84,12 +84,10 @@ def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool
     if recipe.upcycle is None:
         if prepare is not None:
             noted("prepare", lambda: check_prepare(model.config, prepare))
-            if (line := untaught(model.config, prepare)) is not None:
-                say(f"  {line}")
         noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
-        if recipe.recover is not None:
-            line = untrainable(model.config, recipe.recover.length, prepare, lengths)
-            if line is not None:
+        if reporter is not None and prepare is not None:
+            recover = None if recipe.recover is None else recipe.recover.length
+            for line in unlearnt(model.config, prepare, recover, lengths):
                 say(f"  {line}")
     else:
         noted("upcycle", functools.partial(_check_experts, recipe.upcycle, model))

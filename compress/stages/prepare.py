@@ -7,7 +7,7 @@ from compress.profile.run import run_profile
 from compress.profile.store import Profile, effect_key, read_profile
 from compress.registry import targets
 from compress.runfolder import EFFECTS, PREPARED
-from compress.search.preview import untaught, untrainable
+from compress.search.preview import unlearnt
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, missing, timed
@@ -63,14 +63,9 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
         if run.stage_done("prepare", session.prepare_key()):
             say(f"prepare: done before, {folder}")
         else:
-            config, recover = session.loaded.model.config, session.recipe.recover
-            lengths = session.recipe.calibration.lengths
-            for line in (
-                untaught(config, settings),
-                None if recover is None else untrainable(config, recover.length, settings, lengths),
-            ):
-                if line is not None:
-                    say(f"prepare: {line}")
+            recover = None if session.recipe.recover is None else session.recipe.recover.length
+            for line in unlearnt(session.loaded.model.config, settings, recover, session.recipe.calibration.lengths):
+                say(f"prepare: {line}")
             options = timed(session, "prepare", session.prepare_key, [PREPARED], work)
             for option in options.values():
                 words = targets.parse(option.target).words()
